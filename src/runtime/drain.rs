@@ -116,7 +116,7 @@ pub(super) async fn drain(running: Running) {
             Durability::Memory =>
                 "Drained: with store.durability = \"memory\" these sessions and messages end with the process",
             Durability::Disk =>
-                "Drained: the sessions are kept on the disk, and these messages end with the process",
+                "Drained: the sessions and their messages are kept on the disk, and publishes that wait for the broker end with the process",
         }
     );
 }
