@@ -278,7 +278,9 @@ impl DataLink {
             self.router.fan_out(&mut self.batch, now);
             self.lag.arrived(self.batch.len(), now);
             if let Some(acks) = &mut self.acks {
-                let arrived = self.batch.iter().map(|arrived| &arrived.message);
+                // A message that was skipped has its acknowledgement already.
+                let arrived = self.batch.iter().filter(|arrived| !arrived.skipped);
+                let arrived = arrived.map(|arrived| &arrived.message);
                 let messages = acks.flushed(arrived);
                 if !messages.is_empty() {
                     self.router.write_messages(messages);

@@ -16,6 +16,7 @@ use crate::topics::FilterId;
 use crate::upstream::link::data::DataLink;
 
 mod gaps;
+mod kept;
 mod lag;
 mod placement;
 
