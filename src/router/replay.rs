@@ -1,8 +1,9 @@
 //! Messages that an earlier process has left in the log go to the sessions that they are owed to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::time::Duration;
 
 use smallvec::SmallVec;
 
@@ -82,7 +83,7 @@ impl<'a> Replay<'a> {
             };
         }
         let lowest = self.found.lowest(record, position);
-        let mut listed: std::collections::BTreeSet<u64> = record.done.iter().copied().collect();
+        let mut listed: BTreeSet<u64> = record.done.iter().copied().collect();
         let mut deliveries = Vec::new();
         for owed in &record.owed {
             if let OwedMessage::Sequence(number) = owed.message {
@@ -157,10 +158,8 @@ impl<'a> Replay<'a> {
     /// The message of a record, with the claim on the record.
     fn restored(&self, record: &MessageRecord<'_>, found: &FoundMessage) -> Option<Message> {
         let mut message = self.content(&record.content, record.expires_at);
-        let received = record.received.filter(|received| {
-            let mut unreleased = self.found.received();
-            unreleased.any(|(r, sequence)| r == *received && sequence == record.sequence)
-        });
+        let received = record.received;
+        let received = received.filter(|r| self.found.is_received(r, record.sequence));
         // The broker has forgotten the messages of other links.
         let received = received.filter(|r| self.router.restored_link(r.link.into()).is_some());
         let link_origin = received.map(|received| LinkOrigin {
@@ -198,7 +197,7 @@ impl<'a> Replay<'a> {
         let today = self.router.config.started_at.at(self.now).as_u64();
         let expires_at = expires_at.map(|at| {
             let rest = at.as_u64().saturating_sub(today);
-            Deadline::at(self.now + std::time::Duration::from_millis(rest))
+            Deadline::at(self.now + Duration::from_millis(rest))
         });
         Message::new(&MessageSpec {
             topic: content.topic,

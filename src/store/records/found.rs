@@ -170,6 +170,12 @@ impl FoundSessions {
         self.received.values().copied()
     }
 
+    /// Whether a link has received the message with this sequence number so, and the broker has not released it.
+    pub fn is_received(&self, received: &LinkReceived, sequence: u64) -> bool {
+        let key = (received.link, received.packet_id);
+        self.received.get(&key) == Some(&(*received, sequence))
+    }
+
     /// The messages, in the order of their sequence numbers.
     pub fn messages(&self) -> &BTreeMap<u64, FoundMessage> {
         &self.messages
