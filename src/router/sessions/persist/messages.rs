@@ -12,7 +12,7 @@ use crate::topics::FilterId;
 use crate::router::messages::{Appended, Committed, Unwritten};
 use crate::router::sessions::Sessions;
 use crate::router::sessions::persist::record::{content_of, expiry_of};
-use crate::router::sessions::persist::{BATCH_RECORDS_MAX, SessionBatch, TOO_LARGE};
+use crate::router::sessions::persist::{BATCH_RECORDS_MAX, CHUNK, SessionBatch, TOO_LARGE};
 use crate::router::sessions::shard::Shard;
 
 /// A larger checkpoint is written only if it is small beside the records of messages since the last one.
@@ -119,8 +119,12 @@ impl Sessions {
             behind: Vec::new(),
         };
         for number in self.shards() {
-            self.shard(number)
-                .add_to_checkpoint(&mut checkpoint.behind, through);
+            let mut next = Some(0);
+            // The lock is given back in between: what comes meanwhile has later numbers.
+            while let Some(from) = next {
+                let shard = self.shard(number);
+                next = shard.add_to_checkpoint(from, &mut checkpoint.behind, through);
+            }
         }
         checkpoint
     }
@@ -153,13 +157,18 @@ impl Sessions {
 }
 
 impl Shard {
-    /// Adds the sessions that a checkpoint would count as done, and that are not: by incarnation, with the
-    /// lowest number of a message that is not done.
-    fn add_to_checkpoint(&self, behind: &mut Vec<(u64, u64)>, through: u64) {
-        let Some(journal) = &self.journal else {
-            return;
-        };
-        for at in 0..self.slots.capacity() as u32 {
+    /// Adds some of the sessions that a checkpoint would count as done, and that are not: by incarnation, with
+    /// the lowest number of a message that is not done. Begins with slot `from`, and returns the slot to go on
+    /// with.
+    fn add_to_checkpoint(
+        &self,
+        from: usize,
+        behind: &mut Vec<(u64, u64)>,
+        through: u64,
+    ) -> Option<usize> {
+        let journal = self.journal.as_ref()?;
+        let end = (from + CHUNK).min(self.slots.capacity());
+        for at in from as u32..end as u32 {
             let Some(slot) = self.slots.get(at as usize) else {
                 continue;
             };
@@ -174,6 +183,7 @@ impl Shard {
                 behind.push((slot.session.incarnation.get(), lowest));
             }
         }
+        (end < self.slots.capacity()).then_some(end)
     }
 
     /// Writes the messages of a session's queue again, if they belong to a pass of the log.
