@@ -351,7 +351,7 @@ impl Router {
         {
             self.tick_linger(now);
             self.filters.read().suggest_root();
-            self.sessions.numbers().ask_for_checkpoint();
+            self.ask_for_checkpoint();
         }
     }
 }

@@ -93,6 +93,11 @@ impl Router {
         self.sessions.numbers().received.of(link as u16)
     }
 
+    /// How far the sessions of connected clients are is to be written now, if messages were written since.
+    pub(crate) fn ask_for_checkpoint(&self) {
+        self.sessions.numbers().ask_for_checkpoint();
+    }
+
     /// The records of these messages are to be written now.
     pub(crate) fn write_messages(&self, messages: impl IntoIterator<Item = Message>) {
         self.sessions.numbers().write(messages);

@@ -267,6 +267,8 @@ impl SessionStore {
     pub(super) async fn close(self, router: &Router) {
         let log = self.log;
         let mut persist = Persist::new(log.clone());
+        // So that the next process does not send messages again that clients have acknowledged.
+        router.ask_for_checkpoint();
         let rest = async { while persist.batch(router).await {} };
         let flushed = tokio::time::timeout(FLUSH, rest).await.is_ok();
         let thread = self.thread;
