@@ -98,14 +98,24 @@ impl Node {
 
     /// Waits until a metric has this value.
     async fn wait_for(&self, name: &str, labels: &[(&str, &str)], value: f64) -> Result {
+        self.wait_until(name, labels, |now| now == value).await
+    }
+
+    /// Waits until a metric is as it should be. Nothing tells that it changes.
+    async fn wait_until(
+        &self,
+        name: &str,
+        labels: &[(&str, &str)],
+        is_right: impl Fn(f64) -> bool,
+    ) -> Result {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let now = self.tidegate.metrics()?.sum(name, labels);
-            if now == value {
+            if is_right(now) {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                return Err(format!("{name} {labels:?} is {now} and not {value}").into());
+                return Err(format!("{name} {labels:?} stays at {now}").into());
             }
             sleep(Duration::from_millis(10)).await;
         }

@@ -85,7 +85,7 @@ pub(super) struct LinkEntry {
     pub(super) recorded: Option<Recorded<LinkSaid>>,
     /// Its record is to be written.
     pub(super) marked: bool,
-    /// The session is no longer in doubt, which is written once the records of all its filters are.
+    /// The session is no longer in doubt. Its record says so after the records of all its filters.
     pub(super) settles: bool,
     /// The session for which a record is on the disk.
     durable: Option<NonZeroU64>,

@@ -4,23 +4,11 @@ use std::time::Duration;
 
 use tidegate_kit::client::Client;
 use tidegate_kit::wire::{Ack, Connect, Packet, Publish};
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use super::{Node, PATIENCE, Result, WAYS, kept, run};
 
 impl Node {
-    /// Waits until a counter is at least at `value`.
-    async fn reaches_count(&self, name: &str, value: f64) -> Result {
-        let deadline = Instant::now() + PATIENCE;
-        while self.tidegate.metrics()?.sum(name, &[]) < value {
-            if Instant::now() > deadline {
-                return Err(format!("{name} does not reach {value}").into());
-            }
-            sleep(Duration::from_millis(10)).await;
-        }
-        Ok(())
-    }
-
     /// Publishes messages with these payloads, and waits until they are on the disk.
     async fn publish_all(&self, topics: &[String], payloads: &[String], qos: u8) -> Result {
         let (mut publisher, _) = self.connect(&Connect::new("publisher").clean(true)).await?;
@@ -34,7 +22,8 @@ impl Node {
         // A message of QoS 2 has a record of its release, too.
         let each = if qos == 2 { 2 } else { 1 };
         let count = (each * topics.len() * payloads.len()) as f64;
-        self.reaches_count("tidegate_store_records_total", records + count)
+        let name = "tidegate_store_records_total";
+        self.wait_until(name, &[], |now| now >= records + count)
             .await
     }
 }
@@ -88,7 +77,7 @@ fn messages_for_clients_that_are_away_survive_kills_on_every_transport() {
         }
         topics.push("all".into());
         node.publish_all(&topics, &numbered(0..5), 1).await?;
-        // From then on a backlog has the messages of clients that are away.
+        // After two seconds clients that are away sleep: a backlog has their messages.
         sleep(Duration::from_millis(2500)).await;
         node.publish_all(&topics, &numbered(5..8), 2).await?;
         node.kill_and_start()?;

@@ -2,8 +2,8 @@
 //! comes twice, and all come in their order.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tidegate_kit::client::{Client, ClientError};
@@ -11,6 +11,7 @@ use tidegate_kit::dial::Dialer;
 use tidegate_kit::process::MosquittoConfig;
 use tidegate_kit::rng::Rng;
 use tidegate_kit::wire::{Ack, Connect, Packet};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -75,9 +76,9 @@ impl Receiver {
         Ok(())
     }
 
-    async fn run(mut self, doors: Doors, mut rng: Rng) -> Result<Self> {
+    async fn run(mut self, mut doors: watch::Receiver<Doors>, mut rng: Rng) -> Result<Self> {
         while !self.is_done() {
-            let dialer = doors.to(self.id).await;
+            let dialer = door(&mut doors, self.id).await?;
             match timeout(PATIENCE, self.connection(&dialer, &mut rng)).await? {
                 Ok(()) => sleep(Duration::from_millis(rng.below(100))).await,
                 Err(error) if is_broken(&*error) => sleep(Duration::from_millis(20)).await,
@@ -96,38 +97,19 @@ fn is_broken(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
     closed || error.downcast_ref::<std::io::Error>().is_some()
 }
 
-/// The ways to the process that runs: each has other ports.
-#[derive(Clone, Debug, Default)]
-struct Doors(Arc<Mutex<BTreeMap<&'static str, Arc<Dialer>>>>);
+/// The ways to the process that runs: each has other ports. There are none while none runs.
+type Doors = BTreeMap<&'static str, Arc<Dialer>>;
 
-impl Doors {
-    fn open(&self, node: &Node) -> Result {
-        let mut doors = self.0.lock().expect("nobody panics with it");
-        for way in RECEIVERS {
-            doors.insert(way, Arc::new(node.tidegate.dialer(way)));
-        }
-        doors.insert("broker", Arc::new(node.broker_dialer()?));
-        Ok(())
-    }
+fn doors(node: &Node) -> Result<Doors> {
+    let broker = ("broker", Arc::new(node.broker_dialer()?));
+    let ways = RECEIVERS.map(|way| (way, Arc::new(node.tidegate.dialer(way))));
+    Ok(ways.into_iter().chain([broker]).collect())
+}
 
-    fn close(&self) {
-        self.0.lock().expect("nobody panics with it").clear();
-    }
-
-    async fn to(&self, way: &str) -> Arc<Dialer> {
-        loop {
-            let found = self
-                .0
-                .lock()
-                .expect("nobody panics with it")
-                .get(way)
-                .cloned();
-            match found {
-                Some(dialer) => return dialer,
-                None => sleep(Duration::from_millis(10)).await,
-            }
-        }
-    }
+/// Waits for a process, and returns the way to it.
+async fn door(doors: &mut watch::Receiver<Doors>, way: &str) -> Result<Arc<Dialer>> {
+    let doors = doors.wait_for(|doors| doors.contains_key(way)).await?;
+    Ok(doors[way].clone())
 }
 
 /// The numbers that the broker has acknowledged to a publisher.
@@ -135,7 +117,7 @@ type Sent = BTreeSet<u64>;
 
 /// Publishes numbers until `stop`. A number whose answer is missing is not sent again.
 async fn publish(
-    (doors, way): (Doors, &'static str),
+    (mut doors, way): (watch::Receiver<Doors>, &'static str),
     id: &'static str,
     (topic, qos): (&'static str, u8),
     numbers: u64,
@@ -144,7 +126,7 @@ async fn publish(
     let mut sent = Sent::default();
     let mut number = numbers;
     while !stop.load(Ordering::Relaxed) {
-        let dialer = doors.to(way).await;
+        let dialer = door(&mut doors, way).await?;
         let connected = Client::connect(&dialer, &Connect::new(id).clean(true)).await;
         let Ok((mut client, _)) = connected else {
             sleep(Duration::from_millis(20)).await;
@@ -214,19 +196,24 @@ fn no_message_is_lost_or_repeated_by_kills_under_traffic() {
             client.subscribe(&["once/+"], 2).await?;
             client.disconnect().await?;
         }
-        let doors = Doors::default();
-        doors.open(&node)?;
+        let (open, open_doors) = watch::channel(doors(&node)?);
         let mut receivers = JoinSet::new();
         for id in RECEIVERS {
             let receiver = Receiver {
                 id,
                 ..Receiver::default()
             };
-            receivers.spawn(receiver.run(doors.clone(), Rng::new(rng.next())));
+            receivers.spawn(receiver.run(open_doors.clone(), Rng::new(rng.next())));
         }
         let stop = Arc::new(AtomicBool::new(false));
         let spawn = |way, id, to, numbers| {
-            tokio::spawn(publish((doors.clone(), way), id, to, numbers, stop.clone()))
+            tokio::spawn(publish(
+                (open_doors.clone(), way),
+                id,
+                to,
+                numbers,
+                stop.clone(),
+            ))
         };
         let direct = spawn("broker", "direct", ("least/a", 1), 0);
         let once = spawn("broker", "once", ("once/a", 2), 0);
@@ -235,13 +222,13 @@ fn no_message_is_lost_or_repeated_by_kills_under_traffic() {
         for kill in 1..=kills {
             sleep(Duration::from_millis(50 + rng.below(600))).await;
             node.tidegate.kill();
-            doors.close();
+            open.send_replace(Doors::new());
             if kill % 5 == 0 {
                 node.broker.stop(false)?;
                 node.broker.start_again()?;
             }
             node.tidegate.start_again()?;
-            doors.open(&node)?;
+            open.send_replace(doors(&node)?);
         }
         stop.store(true, Ordering::Relaxed);
         let at_least = [direct.await??, through.await??];

@@ -16,6 +16,10 @@ impl Node {
 
     /// A message arrives on the data link for these filters. Returns it as the link keeps it.
     fn arrive(&self, filters: &[&str], payload: &str, qos: QoS) -> Message {
+        self.arrive_on(0, filters, payload, qos)
+    }
+
+    fn arrive_on(&self, link: usize, filters: &[&str], payload: &str, qos: QoS) -> Message {
         let message = Message::new(&MessageSpec {
             topic: "t",
             properties: Properties::default(),
@@ -29,7 +33,7 @@ impl Node {
         let mut batch = [Arrived {
             message,
             filters: filters.iter().map(|name| self.filter(name)).collect(),
-            link: 0,
+            link,
             origin_mark: None,
             link_origin: None,
             skipped: false,
@@ -83,17 +87,9 @@ impl Node {
         packet_of(&self.router, client, &bytes, self.now);
     }
 
+    /// Subscribes a client, which takes the answer.
     fn subscribe_safely(&mut self, client: Connected, filter: &str, qos: QoS) {
-        let options = SubscribeOptions {
-            qos,
-            retain_handling: 2,
-            ..SubscribeOptions::default()
-        };
-        let mut bytes = Vec::new();
-        let filters = std::iter::once((filter, options));
-        encode_subscribe(Version::V5, 8, None, filters, &mut bytes);
-        packet_of(&self.router, client, &bytes, self.now);
-        self.grant();
+        self.subscribe_at(client, filter, qos);
         self.persist();
         self.got(client);
     }
@@ -270,28 +266,8 @@ fn a_member_of_a_shared_subscription_keeps_its_messages() {
     }
     let link = node.router.shared_link(0);
     for n in 0..4 {
-        let message = Message::new(&MessageSpec {
-            topic: "t",
-            properties: Properties::default(),
-            payload: n.to_string().as_bytes(),
-            qos: QoS::AtLeastOnce,
-            retain: false,
-            expires_at: None,
-            strip_key: None,
-            account: None,
-        });
-        let mut batch = [Arrived {
-            message,
-            filters: [node.filter("$share/g/t")].into_iter().collect(),
-            link,
-            origin_mark: None,
-            link_origin: None,
-            skipped: false,
-        }];
-        node.router.fan_out(&mut batch, node.now);
         // As long as it is not safe, the link has it.
-        let message = batch[0].message.clone();
-        drop(batch);
+        let message = node.arrive_on(link, &["$share/g/t"], &n.to_string(), QoS::AtLeastOnce);
         node.router.write_messages([message.clone()]);
         node.persist();
         assert!(node.is_written(&message));
