@@ -120,7 +120,7 @@ impl Sessions {
         };
         for number in self.shards() {
             let mut next = Some(0);
-            // The lock is given back in between: what comes meanwhile has later numbers.
+            // The lock is given back in between: messages that arrive meanwhile have later numbers.
             while let Some(from) = next {
                 let shard = self.shard(number);
                 next = shard.add_to_checkpoint(from, &mut checkpoint.behind, through);
