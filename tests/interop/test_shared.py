@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from harness import wire
+from harness.links import BrokerWay
 from harness.names import fresh
 from harness.process import wait_until
 from harness.raw import Raw
@@ -74,7 +75,7 @@ def test_a_group_is_one_member_at_the_broker(own_broker, own_edge, client):
     links = {link["name"]: link for link in edge.api("/api/v1/links")["links"]}
     assert links["s0"]["role"] == "shared" and links["s0"]["filters"] == 1
     # Another consumer at the broker itself is a member like Tidegate.
-    direct = client(broker_way(broker), via=broker_way(broker))
+    direct = client(broker, via=BrokerWay(broker))
     direct.subscribe((f"$share/g/{topic}", 1))
     pub = client(edge)
     for n in range(40):
@@ -88,17 +89,6 @@ def test_a_group_is_one_member_at_the_broker(own_broker, own_edge, client):
     for n in range(20):
         pub.publish(topic, f"late{n}")
     wait_until("the rest goes to the others", lambda: direct.incoming.qsize() >= 40)
-
-
-class broker_way:
-    """The broker itself, as a path for paho."""
-
-    def __init__(self, broker):
-        self.port, self.transport, self.path, self.ca = broker.port, "tcp", "", None
-
-    def cut(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def test_groups_get_no_retained_messages_and_plain_subscriptions_get_their_own_copies(edge, client):

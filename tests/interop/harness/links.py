@@ -24,3 +24,14 @@ class Way:
 
     def close(self) -> None:
         self.line.close()
+
+
+class BrokerWay:
+    """The broker itself, as a path for paho."""
+
+    def __init__(self, broker):
+        self.port, self.transport, self.path, self.ca = broker.port, "tcp", "", None
+
+    def cut(self) -> None: ...
+
+    def close(self) -> None: ...
